@@ -51,14 +51,14 @@ FINISHED = types.UniTuple(types.intp, len(FinishedRows._fields))
 
 
 def fetch_row(
-    b: Any, out: Any, first: Any, index: Any, count: Any, columns: Sequence[Any], gates: Any, width: Any
+    b: Any, out: Any, first: Any, index: Any, count: Any, columns: Sequence[Any], gates: Any, width: Any, stride: Any
 ) -> None:
     """Ask for the lines of out in which `gates_ops.write_tile` will write a later row, while row `index` is written.
 
     There are `count` rows from `first` on.
     """
     following = _following(b, index, count)
-    next_row = b.mul(b.add(first, following), width)
+    next_row = b.mul(b.add(first, following), stride)
     begin, end = columns[0], columns[-1]  # of which gates write the first alone
     end = b.select(b.icmp_signed("==", gates, width), begin, end)
     for column in (begin, end):
@@ -90,7 +90,7 @@ class RowWriter:
         results = [b.fadd(line, more) for line, more in zip(lines, self._biases, strict=True)]
         with b.if_else(b.icmp_signed("!=", finished.is_rounded, number(0))) as (rounded, whole):
             with whole:
-                places = self._columns, finished.gates, finished.width
+                places = self._columns, finished.gates, finished.width, finished.width
                 fetch_row(b, self._out, finished.row, index, finished.count, *places)
                 write_tile(b, self._out, b.add(finished.row, index), [results], *places)
             with rounded:

@@ -67,15 +67,18 @@ def write_tile(
     columns: Sequence[Any],
     gates: Any,
     width: Any,
+    stride: Any = None,
 ) -> None:
     """Write the vectors of each row to out, a typed pointer, [*, width] float32, from `first_row` on.
 
     If `gates` equals `width`, out gets silu(gate) * value alone. Otherwise it gets all outputs, `width` of them.
+    Rows begin `stride` after each other where they are not `width` wide.
     """
+    stride = width if stride is None else stride
 
     def put(r: int, column: Any, value: Any) -> None:
         row = builder.add(first_row, ir.Constant(first_row.type, r))
-        place = builder.gep(out, [builder.add(builder.mul(row, width), column)])
+        place = builder.gep(out, [builder.add(builder.mul(row, stride), column)])
         builder.store(value, builder.bitcast(place, value.type.as_pointer())).align = 4
 
     with builder.if_else(builder.icmp_signed("==", gates, width)) as (gating, plain):

@@ -19,9 +19,10 @@ from quant.kernels.arrays import FAST, call, flat_view, new_output
 from quant.kernels.dense_cpu import DenseCpu
 from quant.kernels.dense_ops import splits_pairs
 from quant.kernels.dense_rows import TILE_OUTPUTS, multiply_tile, rows_per_block, split_rows
-from quant.kernels.integer_cpu import OUTPUTS, IntegerCpu, multiply_rows, round_rows
+from quant.kernels.integer_cpu import OUTPUTS, IntegerCpu, multiply_rows
 from quant.kernels.packed_cpu import PackedCpu, multiply_int4, multiply_int8, scales_and_shifts
 from quant.kernels.padding_cpu import without_padding
+from quant.kernels.rounded_rows import round_rows
 from quant.kernels.work_split import tile_range
 
 
@@ -59,7 +60,7 @@ def _integer(  # type: ignore[no-untyped-def]
             first, last = starts[matrix], starts[matrix + 1]
             tiles = tile_range(index, thread, num_threads, num_tiles)
             rows, weights = (x8, x_scales, x_sums, (first, last), group), (w1, s1, z1, num_groups, b1)
-            multiply_rows(*rows, *weights, out, tiles, 0, n_size, k_size, min_amx_rows, False)
+            multiply_rows(*rows, *weights, out, tiles, 0, n_size, k_size, min_amx_rows)
 
 
 @njit(parallel=True, **FAST)

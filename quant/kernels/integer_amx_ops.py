@@ -84,26 +84,24 @@ def unpack_tile(typing_context, w, first, num_bytes, unpacked):  # type: ignore[
 
 @intrinsic
 def multiply_group(  # type: ignore[no-untyped-def]
-    typing_context, x, first, next_rows, stride, next_step, count, w, first_weight, size, totals, place
+    typing_context, x, starts, steps, stride, count, w, first_weight, size, totals, place
 ):
     """`count` row tiles, one or two, times a group's weights: `size` inputs, 64 or 128.
 
-    x int8; the first row's inputs begin at `first`, the next one's `stride` on, those of the second tile `next_rows`
-    on, and the second 64 inputs `next_step` on. Weights are bytes without sign, from `first_weight` on: four inputs of
-    a unit's outputs, those of the other unit, then the next four inputs. Totals int32 get [rows, OUTPUTS] from `place`
-    on.
+    x int8; each tile's first row has its inputs at one of `starts`, the second 64 of them one of `steps` on, and the
+    next row's are `stride` on. Weights are bytes without sign, from `first_weight` on: four inputs of a unit's outputs,
+    those of the other unit, then the next four inputs. Totals int32 get [rows, OUTPUTS] from `place` on.
     """
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         if not COMPILES_AMX:  # LLVM would end the process
             return context.get_dummy_value()
-        x, w, totals = (array_data(context, b, signature, args, i) for i in (0, 6, 9))
-        first, next_rows, stride, next_step, count, first_weight, size, place = (
-            args[i] for i in (1, 2, 3, 4, 5, 7, 8, 10)
-        )
+        x, w, totals = (array_data(context, b, signature, args, i) for i in (0, 5, 8))
+        starts, steps = (cgutils.unpack_tuple(b, args[i]) for i in (1, 2))
+        stride, count, first_weight, size, place = (args[i] for i in (3, 4, 6, 7, 9))
 
         def number(value: int) -> ir.Constant:
-            return ir.Constant(first.type, value)
+            return ir.Constant(stride.type, value)
 
         def make(num_tiles: int, num_steps: int) -> None:
             sums = SUMS[: UNITS * num_tiles]
@@ -112,9 +110,8 @@ def multiply_group(  # type: ignore[no-untyped-def]
             for step in range(num_steps):
                 weights = b.gep(w, [b.add(first_weight, number(step * STEP_BYTES * OUTPUTS))])
                 for r in range(num_tiles):
-                    start = b.add(first, b.mul(next_rows, number(r)))
-                    at = b.gep(x, [b.add(start, b.mul(next_step, number(step)))])
-                    load_tile(b, ROWS[r], at, stride)
+                    start = b.add(starts[r], b.mul(steps[r], number(step)))
+                    load_tile(b, ROWS[r], b.gep(x, [start]), stride)
                     for unit, tile in enumerate(WEIGHTS):
                         if r == 0:
                             load_weights(b, tile, unit, weights)
@@ -130,8 +127,8 @@ def multiply_group(  # type: ignore[no-untyped-def]
                 for_each_count(b, count, lambda num_tiles: make(num_tiles, 1), len(ROWS))
         return context.get_dummy_value()
 
-    i = types.intp
-    return types.none(x, i, i, i, i, i, w, i, i, totals, i), codegen
+    i, pair = types.intp, types.UniTuple(types.intp, len(ROWS))
+    return types.none(x, pair, pair, i, i, w, i, i, totals, i), codegen
 
 
 @intrinsic
@@ -221,18 +218,22 @@ def scale_totals(  # type: ignore[no-untyped-def]
 
 @intrinsic
 def write_scaled(  # type: ignore[no-untyped-def]
-    typing_context, sums, place, tile, first, count, begin, num_rows, scales, bias, out, gates, width
+    typing_context, sums, place, tile, first, count, begin, num_rows, scales, bias, out, gates, width, stride, shift
 ):
     """Write `num_rows` rows of a block, from its row `begin` on, as rows of out.
 
     The block's `count` rows are from row `first` of out on; its sums with a tile of outputs, float32 [count, OUTPUTS],
-    begin at `place`. Scales are as in `scale_totals`, `gates` and `width` those of `gates_ops.write_tile`.
+    begin at `place`. Scales are as in `scale_totals`, `gates` and `width` those of `gates_ops.write_tile`. A row of out
+    begins `stride` after the one before, and the first one at `shift`.
     """
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         v = Builder(b, _ISA)
         sums, scales, bias, out = (array_data(context, b, signature, args, i) for i in (0, 7, 8, 9))
-        place, tile, first, count, begin, num_rows, gates, width = (args[i] for i in (1, 2, 3, 4, 5, 6, 10, 11))
+        place, tile, first, count, begin, num_rows, gates, width, stride, shift = (
+            args[i] for i in (1, 2, 3, 4, 5, 6, 10, 11, 12, 13)
+        )
+        out = b.gep(out, [shift])
 
         def number(value: int) -> ir.Constant:
             return ir.Constant(count.type, value)
@@ -244,15 +245,15 @@ def write_scaled(  # type: ignore[no-untyped-def]
             factors = [v.numbers(scales, offset, scale_array.dtype) for offset in offsets]
         with cgutils.for_range(b, num_rows) as loop:
             index = b.add(begin, loop.index)
-            fetch_row(b, out, first, index, count, columns, gates, width)
+            fetch_row(b, out, first, index, count, columns, gates, width, stride)
             start = b.add(place, b.mul(index, number(OUTPUTS)))
             values = [v.load(sums, b.add(start, number(unit * LANES)), v.f32) for unit in range(UNITS)]
             if factors:
                 results = [v.fma(*each) for each in zip(values, factors, added, strict=True)]
             else:
                 results = [b.fadd(value, more) for value, more in zip(values, added, strict=True)]
-            write_tile(b, out, b.add(first, index), [results], columns, gates, width)
+            write_tile(b, out, b.add(first, index), [results], columns, gates, width, stride)
         return context.get_dummy_value()
 
     i = types.intp
-    return types.none(sums, i, i, i, i, i, i, scales, bias, out, i, i), codegen
+    return types.none(sums, i, i, i, i, i, i, scales, bias, out, i, i, i, i), codegen

@@ -17,29 +17,21 @@ import torch
 from numba import get_num_threads, njit, prange
 
 from quant.base import MatrixKernel, PackedWeight
-from quant.kernels.amx import COMPILES_AMX, HAS_AMX, LANES, STEP_BYTES, TILE_ROWS, configure, release
-from quant.kernels.amx import ROWS as ROW_TILES
-from quant.kernels.arrays import FAST, LINE_BYTES, call, empty_lines, flat_view, new_output, new_weight
+from quant.kernels.amx import COMPILES_AMX, HAS_AMX, LANES
+from quant.kernels.arrays import FAST, call, empty_lines, flat_view, new_output, new_weight
 from quant.kernels.gates_ops import count_gates, gate_order
-from quant.kernels.integer_amx_ops import (
-    GROUP_SIZES,
-    has_packed_weights,
-    multiply_group,
-    scale_totals,
-    unpack_tile,
-    write_scaled,
-)
+from quant.kernels.integer_amx_ops import GROUP_SIZES
+from quant.kernels.integer_amx_rows import AMX_BLOCK, multiply_row_tiles, rounds_gates
 from quant.kernels.integer_ops import (
     INPUTS,
     INSTRUCTIONS,
     Instructions,
     find_instructions,
-    make_round_group,
     make_tile,
 )
 from quant.kernels.padding_cpu import padded, without_padding
+from quant.kernels.rounded_rows import MIN_AMX_ROWS, round_rows, rounded_parts
 from quant.kernels.rounded_torch import GROUPS, activation_group
-from quant.kernels.simd import HAS_AVX512
 from quant.kernels.work_split import even_block, fetched_part, new_claims, next_piece, tiles_of_piece
 from quant.packing import unpack_nibbles
 
@@ -54,72 +46,14 @@ OUTPUTS = ISA.units * ISA.lanes
 """Outputs per parallel item."""
 SHIFT = 0 if ISA.is_signed else 128
 """Added to weights of 8 bits, which the instruction takes for unsigned, and to their zero points."""
-ROWS_AT_A_TIME = 128 * OUTPUTS
-"""Outputs that are put into the kernel's order together: bounds the memory for copies."""
-
-
-MIN_AMX_ROWS = 32
-"""Rows from which AMX is quicker: fewer wait for weights, which its instructions ask for less evenly."""
 NO_ROWS = 1 << 40
 """A number of rows that no product has."""
-AMX_BLOCK = 64
-"""Rows whose totals and sums wait in the L1 cache for the next group's weights."""
-TILE_PAIR = len(ROW_TILES) * TILE_ROWS
-"""Rows that share a group's weights in tiles."""
+ROWS_AT_A_TIME = 128 * OUTPUTS
+"""Outputs that are put into the kernel's order together: bounds the memory for copies."""
 ROWS = ISA.rows
 multiply_first_rows, multiply_many_rows = make_tile(ISA, ROWS), make_tile(ISA, ROWS, is_fetching=False)
 multiply_half_rows = make_tile(ISA, ROWS // 2)
 multiply_two_rows, multiply_one_row = make_tile(ISA, 2), make_tile(ISA, 1)
-round_group = make_round_group(16 if HAS_AVX512 else 8)
-
-
-@njit(**FAST)
-def _multiply_row_tiles(  # type: ignore[no-untyped-def]
-    x, x_scales, x_sums, rows, group, w, scales, zeros, groups, bias, out, tiles, gates, width, k_size, is_tiled
-):
-    """`multiply_rows` by AMX.
-
-    A block's rows are written while the next one is multiplied: their lines come from far away.
-    """
-    totals = empty_lines(AMX_BLOCK * OUTPUTS * 4).view(np.int32)
-    sums, place = empty_lines(2 * AMX_BLOCK * OUTPUTS * 4).view(np.float32), 0
-    num_x_groups, tile_weights, num_written = k_size // group, k_size * OUTPUTS, 0
-    done = AMX_BLOCK * OUTPUTS, 0, 0, 0  # a block: place of its sums, tile, first row, number of rows
-    is_packed = has_packed_weights(w)
-    unpacked = empty_lines(tile_weights if is_packed else 0)
-    num_lines = group * OUTPUTS // (2 if is_packed else 1) // LINE_BYTES
-    stride, next_step = (STEP_BYTES, TILE_ROWS * STEP_BYTES) if is_tiled else (k_size, STEP_BYTES)
-    configure(TILE_ROWS)
-    for tile in range(tiles[0], tiles[1]):
-        if is_packed:
-            unpack_tile(w, tile * tile_weights // 2, tile_weights // 2, unpacked)
-        for first in range(rows[0], rows[1], AMX_BLOCK):
-            count = min(AMX_BLOCK, rows[1] - first)
-            num_products = num_x_groups * ((count + TILE_PAIR - 1) // TILE_PAIR)
-            rows_each = (done[3] + num_products - 1) // num_products
-            for g in range(num_x_groups):
-                offset = g * group * OUTPUTS
-                for row in range(0, count, TILE_PAIR):
-                    num_tiles = min(len(ROW_TILES), (count - row + TILE_ROWS - 1) // TILE_ROWS)
-                    x_place = (first + row) * k_size + g * group // STEP_BYTES * next_step
-                    x_rows = x_place, TILE_ROWS * k_size, stride, next_step, num_tiles
-                    if is_packed:
-                        multiply_group(x, *x_rows, unpacked, offset, group, totals, row * OUTPUTS)
-                    else:
-                        multiply_group(x, *x_rows, w, tile * tile_weights + offset, group, totals, row * OUTPUTS)
-                    num_now = min(rows_each, done[3] - num_written)
-                    write_scaled(sums, *done, num_written, num_now, scales, bias, out, gates, width)
-                    num_written += num_now
-                group_place = g * groups // num_x_groups * LANES
-                unit_places = tile * OUTPUTS * groups + group_place, (tile * OUTPUTS + LANES) * groups + group_place
-                x_scaled = x_scales, x_sums, first * num_x_groups + g, num_x_groups
-                w_scaled = scales, zeros, unit_places
-                ahead = ((tile + 1) * num_x_groups + g) * num_lines * LINE_BYTES, num_lines if first == rows[0] else 0
-                scale_totals(totals, count, *x_scaled, *w_scaled, g == 0, sums, place, w, *ahead)
-            done, num_written = (place, tile, first, count), 0
-            place = AMX_BLOCK * OUTPUTS - place
-    write_scaled(sums, *done, 0, done[3], scales, bias, out, gates, width)
-    release()
 
 
 @njit(**FAST)
@@ -161,90 +95,67 @@ def _multiply_rows(  # type: ignore[no-untyped-def]
 
 @njit(**FAST)
 def multiply_rows(  # type: ignore[no-untyped-def]
-    x, x_scales, sums, rows, group, w, scales, zeros, groups, bias, out, tiles, gates, width, k_size, min_rows, is_tiled
+    x, x_scales, sums, rows, group, w, scales, zeros, groups, bias, out, tiles, gates, width, k_size, min_amx_rows
 ):
     """Rows of x int8, whose scales are float32 and sums int32, times tiles of outputs of so many `groups` of weights.
 
     `rows` and `tiles` are the first and the one after the last; `gates` and `width` those of `gates_ops.write_tile`.
-    From `min_rows` rows on AMX multiplies. Where x `is_tiled` (`round_rows`) only AMX can: `min_rows` must be 1, and
-    the first row must be that of a row tile.
+    From `min_amx_rows` rows on AMX multiplies.
     """
     if COMPILES_AMX:  # a constant alone: elsewhere Numba compiles nothing of it
-        if rows[1] - rows[0] >= min_rows:
-            _multiply_row_tiles(
-                x,
-                x_scales,
-                sums,
-                rows,
-                group,
-                w,
-                scales,
-                zeros,
-                groups,
-                bias,
-                out,
-                tiles,
-                gates,
-                width,
-                k_size,
-                is_tiled,
-            )
+        if rows[1] - rows[0] >= min_amx_rows:
+            weights, rounding = (w, scales, zeros, groups, bias), (0, x_scales, x, x_scales, sums)  # which is for none
+            how = out, tiles, gates, width, k_size, False, rounding
+            multiply_row_tiles(x, x_scales, sums, rows, group, *weights, *how)
             return
-    for tile in range(tiles[0], tiles[1]):
+    for tile in range(tiles[0], tiles[1]):  # where arrays in tuples would have their users counted each time
         _multiply_rows(x, x_scales, sums, rows, group, w, scales, zeros, groups, bias, out, tile, gates, width, k_size)
-
-
-@njit(inline="always")
-def round_rows(x, num_rows, k_size, group, is_tiled):  # type: ignore[no-untyped-def]
-    """Round rows, within a parallel function: int8 [rows, k_size]; scales float32 and sums int32 [rows, groups].
-
-    If `is_tiled`, integers are [row tiles, k_size / 64, 16, 64], as tiles of AMX take them. Behind many rows' integers
-    lie 16 rows that such a tile may read, whose products nobody takes.
-    """
-    num_x_groups = k_size // group
-    num_groups = num_rows * num_x_groups
-    num_behind = TILE_ROWS if is_tiled or num_rows >= MIN_AMX_ROWS else 0
-    x8 = empty_lines((num_rows + num_behind) * k_size).view(np.int8)
-    x_scales = np.empty(num_groups, np.float32)
-    x_sums = np.empty(num_groups, np.int32)
-    if num_rows < ROWS and not is_tiled:  # a parallel region takes longer to start
-        for g in range(num_groups):
-            round_group(x, g * group, group, x8, g * group, LINE_BYTES, x_scales, x_sums, g)
-    else:
-        for g in prange(num_groups):
-            place, next_line = g * group, LINE_BYTES
-            if is_tiled:
-                row, column = g // num_x_groups, g % num_x_groups * group
-                place = row // TILE_ROWS * TILE_ROWS * k_size + column * TILE_ROWS + row % TILE_ROWS * STEP_BYTES
-                next_line = TILE_ROWS * STEP_BYTES
-            round_group(x, g * group, group, x8, place, next_line, x_scales, x_sums, g)
-    return x8, x_scales, x_sums
 
 
 @njit(parallel=True, **FAST)
 def _product(  # type: ignore[no-untyped-def]
-    x, group, w, scales, zeros, groups, bias, out, n_size, gates, width, k_size, num_threads, min_amx_rows
+    x, group, w, scales, zeros, groups, bias, out, n_size, gates, width, k_size, num_threads, min_amx_rows, rounded
 ):
+    """x float32 flat [rows, k_size] times a matrix of n_size outputs -> out float32 flat [rows, width].
+
+    `rounded` says whether x is what the product before made for this one, and how many gates of out are a group that
+    the product behind rounds, or 0. Both hold only where `rounds_gates` says so: fewer rows are float32 after all.
+    """
     num_rows = len(x) // k_size
     is_tiled = num_rows >= min_amx_rows
-    x8, x_scales, sums = round_rows(x, num_rows, k_size, group, is_tiled)
+    if rounded[0] > 0 and rounds_gates(num_rows, min_amx_rows, k_size // group, num_threads):
+        x8, x_scales, sums = rounded_parts(x, num_rows, k_size, group)
+    else:
+        x8, x_scales, sums = round_rows(x, num_rows, k_size, group, is_tiled)
     weights = w, scales, zeros, groups, bias
-    unit_rows, row_block, min_rows = ROWS, ROW_BLOCK, NO_ROWS
+    unit_rows, row_block, unit_tiles, gates_each = ROWS, ROW_BLOCK, 1, 0
     if is_tiled:
-        unit_rows, min_rows = AMX_BLOCK, 1
+        unit_rows = AMX_BLOCK
         row_block = min(max(AMX_ROW_BYTES // k_size // unit_rows, 1) * unit_rows, ROW_BLOCK)
-    claims, tiles_each = new_claims(num_threads), tiles_of_piece(OUTPUTS * k_size, num_rows, row_block)
+    if rounded[1] > 0 and rounds_gates(num_rows, min_amx_rows, gates // max(rounded[1], 1), num_threads):
+        gates_each = rounded[1]
+        unit_tiles = gates_each // LANES
+    waiting_each = row_block * gates_each
+    waiting = empty_lines(num_threads * waiting_each * 4).view(np.float32)
+    out_parts = rounded_parts(out, num_rows, width, max(gates_each, 1))
+    claims, tiles_each = new_claims(num_threads), tiles_of_piece(unit_tiles * OUTPUTS * k_size, num_rows, row_block)
+    num_units = n_size // OUTPUTS // unit_tiles
     for thread in prange(num_threads):
-        turn = 0
+        own, turn = waiting[thread * waiting_each : (thread + 1) * waiting_each], 0
         while turn >= 0:
-            turn, first_tile, last_tile, first_row, last_row = next_piece(
-                claims, thread, turn, num_threads, n_size // OUTPUTS, num_rows, unit_rows, row_block, tiles_each
+            turn, first_unit, last_unit, first_row, last_row = next_piece(
+                claims, thread, turn, num_threads, num_units, num_rows, unit_rows, row_block, tiles_each
             )
+            tiles = first_unit * unit_tiles, last_unit * unit_tiles
             size = even_block(last_row - first_row, row_block, unit_rows)
             for row in range(first_row, last_row, size):
-                end = min(last_row, row + size)
-                rows, tiles = (x8, x_scales, sums, (row, end), group), (first_tile, last_tile)
-                multiply_rows(*rows, *weights, out, tiles, gates, width, k_size, min_rows, is_tiled)
+                rows = x8, x_scales, sums, (row, min(last_row, row + size)), group
+                how = out, tiles, gates, width, k_size
+                if is_tiled:
+                    if COMPILES_AMX:
+                        multiply_row_tiles(*rows, *weights, *how, True, (gates_each, own, *out_parts))
+                else:
+                    multiply_rows(*rows, *weights, *how, NO_ROWS)
 
 
 def interleave(q: torch.Tensor, isa: Instructions, bits: int) -> torch.Tensor:
@@ -327,12 +238,28 @@ class IntegerCpu:
         return without_padding(self._multiply(x, self._padded_size), self._n_size)
 
     def gated(self, x: torch.Tensor, reader: MatrixKernel | None = None) -> torch.Tensor:
-        return self._multiply(x, self.num_gates)
+        """If such a kernel is the reader: int8, which lies as no other kernel would read it.
 
-    def _multiply(self, x: torch.Tensor, width: int) -> torch.Tensor:
+        Many rows are as `rounded_rows` puts them for tiles: integers, their scales, their sums. Fewer rows are float32
+        all the same; the kernels know, and a program makes the same calls for both.
+        """
+        gates_each = reader._rounded_inputs(self) if isinstance(reader, IntegerCpu) else 0
+        out = self._multiply(x, self.num_gates, gates_each)
+        return out.view(torch.int8) if gates_each else out
+
+    def _rounded_inputs(self, writer: IntegerCpu) -> int:
+        """How many inputs are a group that the gated kernel `writer` may round; 0: it can't."""
+        sizes, written = ((k._num_threads, k.min_amx_rows) for k in (self, writer))
+        fits = sizes == written and self.min_amx_rows < NO_ROWS and self._k_size == writer.num_gates
+        return self._before[0] if fits and self._input_order is None else 0
+
+    def _multiply(self, x: torch.Tensor, width: int, gates_each: int = 0) -> torch.Tensor:
+        is_rounded = x.dtype == torch.int8  # by `gated`: all else is float32
+        if is_rounded:
+            x = x.view(torch.float32)
         if self._input_order is not None:
             x = x[:, self._input_order]
         out, flat_out = new_output(x.shape[0], width)
         sizes = self._padded_size, self.num_gates, width, self._k_size, self._num_threads, self.min_amx_rows
-        call(_product, flat_view(x), *self._before, flat_out, *sizes)
+        call(_product, flat_view(x), *self._before, flat_out, *sizes, (int(is_rounded), gates_each))
         return out

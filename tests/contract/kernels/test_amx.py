@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +14,16 @@ import torch
 from quant.base import PackedWeight, RowGroups
 from quant.kernels import bfloat16_cpu, choose_kernel
 from quant.kernels.amx import HAS_AMX, TILE_ROWS
+from quant.kernels.arrays import observed_calls
 from quant.kernels.bfloat16_amx_cpu import ROW_BYTES, Bfloat16Amx
 from quant.kernels.bfloat16_cpu import MAX_INPUTS, Bfloat16Cpu
 from quant.kernels.coded_ops import HAS_TABLES
 from quant.kernels.finished_rows_ops import STEP_INPUTS
 from quant.kernels.grouped_cpu import GroupedIntegerCpu
-from quant.kernels.integer_cpu import AMX_BLOCK, MIN_AMX_ROWS, IntegerCpu
+from quant.kernels.integer_amx_rows import AMX_BLOCK, MIN_ROUNDED_ROWS
+from quant.kernels.integer_cpu import NO_ROWS, ROW_BLOCK, IntegerCpu
+from quant.kernels.program_cpu import Arena, Program, Recording
+from quant.kernels.rounded_rows import MIN_AMX_ROWS
 
 pytestmark = pytest.mark.skipif(not HAS_AMX, reason="the processor has no AMX")
 ROW_COUNTS = [*range(1, 5), 8, *range(TILE_ROWS - 1, TILE_ROWS + 3), 31, 32, 33, 49, 70]
@@ -174,6 +179,73 @@ def test_integer_rows_have_the_bits_that_each_has_alone(layout: str, n_size: int
         for rows in (MIN_AMX_ROWS, MIN_AMX_ROWS + 1, AMX_BLOCK, AMX_BLOCK + 1, 2 * AMX_BLOCK + TILE_ROWS, len(x)):
             for start in (0, len(x) - rows):
                 assert torch.equal(product(x[start : start + rows].contiguous()), alone[start : start + rows])
+
+
+GATES = 512
+GATE_ROWS = (0, 1, *(MIN_ROUNDED_ROWS + more for more in (-1, 0, 1, TILE_ROWS - 1, AMX_BLOCK + 1)), ROW_BLOCK + 17)
+
+
+def gates_and_reader(layout: str, num_groups: int, num_inputs: int = GATES) -> tuple[IntegerCpu, IntegerCpu]:
+    return (
+        IntegerCpu(quantized(layout, 2 * GATES, 128, 1 if layout == "int8" else 2)),
+        IntegerCpu(dataclasses.replace(quantized(layout, 40, num_inputs, num_groups), is_gated=False)),
+    )
+
+
+def is_alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Bit by bit, but for the bits of what is not a number."""
+    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+@pytest.mark.parametrize(("layout", "num_groups"), [("int8", 1), ("int8", 8), ("int4", 4), ("int4", 8)])
+def test_gates_that_are_rounded_for_their_reader_give_it_the_bits_of_float32(layout: str, num_groups: int) -> None:
+    """A group is 128 or 64 gates. Fewer rows, and few for many threads, are float32 under the same dtype."""
+    first, second = gates_and_reader(layout, num_groups)
+    x = random(max(GATE_ROWS), 128)
+    x[2], x[3, 7], x[AMX_BLOCK + 1, 3], x[TILE_ROWS] = 0.0, torch.inf, torch.nan, 1e30
+    for num_threads, min_rows in ((1, MIN_ROUNDED_ROWS), (2, MIN_ROUNDED_ROWS), (9, ROW_BLOCK)):
+        first._num_threads = second._num_threads = num_threads
+        for rows in GATE_ROWS:
+            part = x[:rows].contiguous()
+            plain, written = first.gated(part), first.gated(part, second)
+            assert written.dtype == torch.int8 and len(written) == rows
+            assert is_alike(second(written), second(plain)), (num_threads, rows)
+            assert is_alike(written.view(torch.float32), plain) == (rows < min_rows)
+
+
+def test_gates_are_float32_for_who_can_not_read_them_otherwise() -> None:
+    first, second = gates_and_reader("int8", 4)
+    x = random(MIN_ROUNDED_ROWS, 128)
+    plain = first.gated(x)
+    ordered = dataclasses.replace(quantized("int8", 40, GATES, 4), input_order=torch.arange(GATES).flip(0))
+    small_groups = IntegerCpu(quantized("int8", 40, GATES, 16))
+    assert small_groups.min_amx_rows == NO_ROWS
+    others = [gates_and_reader("int8", 4, 2 * GATES)[1], IntegerCpu(ordered), small_groups]
+    others.append(Bfloat16Amx(dense(64, GATES, is_coded=False)))
+    for other in others:
+        assert torch.equal(first.gated(x, other), plain)
+    second._num_threads = first._num_threads + 1
+    assert torch.equal(first.gated(x, second), plain), "it would not see whether they are rounded"
+
+
+def test_a_program_rounds_gates_by_the_rows_of_its_step() -> None:
+    first, second = gates_and_reader("int8", 4)
+    max_rows = max(GATE_ROWS)
+
+    def work(x: torch.Tensor) -> torch.Tensor:
+        return second(first.gated(x, second))
+
+    for recorded in (2, max_rows):
+        results, start = [], random(recorded, 128)
+        recording = Recording(Arena(), [start], (recorded, recorded), (max_rows, max_rows))
+        with observed_calls(recording):
+            results.append(second._multiply(first.gated(start, second), second._padded_size))
+        program = Program(recording, results[0])
+        for rows in GATE_ROWS[1:]:
+            x = random(rows, 128, seed=rows)
+            program.run([x], (rows, rows))
+            assert program.result is not None
+            assert torch.equal(program.result[:, :40], work(x)), (recorded, rows)
 
 
 @pytest.mark.parametrize(("layout", "num_groups"), [("int8", 2), ("int4", 2), ("int4", 4)])
