@@ -1,14 +1,17 @@
 """The inner products of `integer_cpu` by AMX: one or two tiles of rows times a tile of outputs, group by group.
 
 Sums of a group's products are integers, so they are those of the other instructions, whatever adds them. They go to
-memory, and are scaled and added to the sums of the groups before. All functions here work inside `numba.njit` only, on
-flat C-contiguous arrays and element offsets; nothing is bounds-checked.
+memory, and are scaled and added to the sums of the groups before. That takes as long as the products, but other units
+of the processor: so rows are scaled, and others whose sums are done are written, between the products that follow.
+
+All functions here work inside `numba.njit` only, on flat C-contiguous arrays and element offsets; nothing is
+bounds-checked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import llvmlite.ir as ir
 from numba import types
@@ -33,7 +36,7 @@ from quant.kernels.amx import (
     store_tile,
 )
 from quant.kernels.arrays import LINE_BYTES
-from quant.kernels.bfloat16_ops import for_each_count
+from quant.kernels.bfloat16_ops import for_each_count, loop_as_written
 from quant.kernels.finished_rows_ops import fetch_row
 from quant.kernels.gates_ops import output_columns, write_tile
 from quant.kernels.integer_ops import INSTRUCTIONS, Builder
@@ -42,8 +45,67 @@ from quant.kernels.simd import F32, I32, array_data, prefetch_at
 GROUP_SIZES = (STEP_BYTES, 2 * STEP_BYTES)
 _BYTES = ir.VectorType(ir.IntType(8), LINE_BYTES)
 _ISA = INSTRUCTIONS[0]
-PLACES = types.UniTuple(types.intp, UNITS)
-"""How a kernel passes a place for each unit: a tuple."""
+_WRITES = 2
+"""Times that rows are written during a group's products: code for it, with that of gates, is long."""
+
+
+class TotalRows(NamedTuple):
+    """Rows whose totals of a group, int32 [count, OUTPUTS], are to be scaled and added to sums float32 like them."""
+
+    place: Any
+    """Where their totals begin."""
+    count: Any
+    """How many there are; 0: none."""
+    x_place: Any
+    """Where the scale and the sum of the first row's inputs are."""
+    next_x: Any
+    """How far on those of the next row are."""
+    first_unit: Any
+    """Where the scales and zero points of the first unit's outputs begin."""
+    second_unit: Any
+    before: Any
+    """Where the sums of the groups before begin, or zeros."""
+    next_before: Any
+    """How far on those of the next row are."""
+    to: Any
+    """Where the sums begin."""
+
+
+class SummedRows(NamedTuple):
+    """Rows whose sums with a tile of outputs are done, to be written: `num_rows` of a block's from `begin` on."""
+
+    place: Any
+    """Where the block's sums begin, float32 [count, OUTPUTS]."""
+    tile: Any
+    """The tile of outputs."""
+    first: Any
+    """The row of out that is the block's first."""
+    count: Any
+    """The block's rows."""
+    begin: Any
+    num_rows: Any
+    gates: Any
+    """This and `width` are those of `gates_ops.write_tile`."""
+    width: Any
+    next_row: Any
+    """How far on the next row of out begins."""
+    shift: Any
+    """Where row 0 of out would begin."""
+
+
+class Lines(NamedTuple):
+    """Lines of weights that are asked for: some beside each product, as a core waits if it asks for many at once."""
+
+    first: Any
+    """The first byte."""
+    count: Any
+    """How many there are."""
+
+
+TOTAL_ROWS, SUMMED_ROWS, LINES = (
+    types.UniTuple(types.intp, len(kind._fields)) for kind in (TotalRows, SummedRows, Lines)
+)
+"""How a kernel passes them: tuples."""
 
 
 @intrinsic
@@ -82,178 +144,205 @@ def unpack_tile(typing_context, w, first, num_bytes, unpacked):  # type: ignore[
     return types.none(w, at, at, unpacked), codegen
 
 
+def _share(b: Any, count: Any, part: int, parts: int) -> Any:
+    """The first of `count` things that are not among those of the parts before this one."""
+    return b.sdiv(b.mul(count, ir.Constant(count.type, part)), ir.Constant(count.type, parts))
+
+
+class _Scaler:
+    """The code that scales totals. Up to the scaling all is whole numbers below 2^24: float32 has them exactly.
+
+    A flat array of scales is for whole outputs: `_Writer` applies it.
+    """
+
+    def __init__(self, v: Builder, arrays: Sequence[Any], scale_array: Any, zero_type: Any, rows: TotalRows) -> None:
+        """`arrays` are totals, scales and sums of x, scales and zero points of weights, and sums."""
+        self._v, self._rows = v, rows
+        self._totals, self._x_scales, self._x_sums, scales, zeros, self._sums = arrays
+        places = rows.first_unit, rows.second_unit
+        self._negative = [v.b.sitofp(v.b.neg(v.numbers(zeros, place, zero_type)), v.f32) for place in places]
+        has_groups = scale_array.ndim > 1
+        self._factors = [v.numbers(scales, place, scale_array.dtype) for place in places] if has_groups else []
+
+    def scale(self, part: int, parts: int) -> None:
+        """Scale one of so many parts of the rows."""
+        v, b, rows = self._v, self._v.b, self._rows
+        begin, end = _share(b, rows.count, part, parts), _share(b, rows.count, part + 1, parts)
+        with loop_as_written(b, b.sub(end, begin)) as loop:
+            index = b.add(begin, loop.index)
+            x_place = b.add(rows.x_place, b.mul(index, rows.next_x))
+            x_scale = v.splat(v.load(self._x_scales, x_place, F32))
+            x_sum = v.splat(b.sitofp(v.load(self._x_sums, x_place, I32), F32))
+            for unit in range(UNITS):
+                lane = ir.Constant(index.type, unit * LANES)
+                offset = b.add(b.mul(index, ir.Constant(index.type, OUTPUTS)), lane)
+                source = b.add(b.add(rows.before, b.mul(index, rows.next_before)), lane)
+                total = b.sitofp(v.load(self._totals, b.add(rows.place, offset), v.i32), v.f32)
+                total, before = v.fma(self._negative[unit], x_sum, total), v.load(self._sums, source, v.f32)
+                if self._factors:
+                    total = v.fma(b.fmul(total, x_scale), self._factors[unit], before)
+                else:
+                    total = v.fma(total, x_scale, before)
+                v.store(total, self._sums, b.add(rows.to, offset))
+
+
+class _Writer:
+    """The code that writes rows of sums."""
+
+    def __init__(self, v: Builder, arrays: Sequence[Any], scale_array: Any, rows: SummedRows) -> None:
+        """`arrays` are sums, scales of weights, biases and out."""
+        b = v.b
+        self._v, self._rows = v, rows
+        self._sums, scales, bias, out = arrays
+        self._out = b.gep(out, [rows.shift])
+        self._columns = output_columns(b, rows.tile, rows.gates, UNITS, LANES)
+        self._added, self._factors = [v.load(bias, column, v.f32) for column in self._columns], []
+        if scale_array.ndim == 1:
+            first = b.mul(rows.tile, ir.Constant(rows.tile.type, OUTPUTS))
+            offsets = [b.add(first, ir.Constant(first.type, unit * LANES)) for unit in range(UNITS)]
+            self._factors = [v.numbers(scales, offset, scale_array.dtype) for offset in offsets]
+
+    def write(self, part: int, parts: int) -> None:
+        """Write one of so many parts of the rows, and ask for the lines of those that follow."""
+        v, b, rows = self._v, self._v.b, self._rows
+        begin, end = _share(b, rows.num_rows, part, parts), _share(b, rows.num_rows, part + 1, parts)
+        with loop_as_written(b, b.sub(end, begin)) as loop:
+            index = b.add(b.add(rows.begin, begin), loop.index)
+            places = self._columns, rows.gates, rows.width, rows.next_row
+            fetch_row(b, self._out, rows.first, index, rows.count, *places)
+            start = b.add(rows.place, b.mul(index, ir.Constant(index.type, OUTPUTS)))
+            lanes = [ir.Constant(index.type, unit * LANES) for unit in range(UNITS)]
+            values = [v.load(self._sums, b.add(start, lane), v.f32) for lane in lanes]
+            if self._factors:
+                results = [v.fma(*each) for each in zip(values, self._factors, self._added, strict=True)]
+            else:
+                results = [b.fadd(value, more) for value, more in zip(values, self._added, strict=True)]
+            write_tile(b, self._out, b.add(rows.first, index), [results], *places)
+
+
 @intrinsic
 def multiply_group(  # type: ignore[no-untyped-def]
-    typing_context, x, starts, steps, stride, count, w, first_weight, size, totals, place
+    typing_context,
+    x,
+    starts,
+    steps,
+    stride,
+    count,
+    w,
+    first_weight,
+    size,
+    totals,
+    place,
+    total_rows,
+    x_scales,
+    x_sums,
+    scales,
+    zeros,
+    sums,
+    summed_rows,
+    bias,
+    out,
+    stored,
+    lines,
 ):
     """`count` row tiles, one or two, times a group's weights: `size` inputs, 64 or 128.
 
     x int8; each tile's first row has its inputs at one of `starts`, the second 64 of them one of `steps` on, and the
     next row's are `stride` on. Weights are bytes without sign, from `first_weight` on: four inputs of a unit's outputs,
     those of the other unit, then the next four inputs. Totals int32 get [rows, OUTPUTS] from `place` on.
+
+    Between the products `TotalRows`, `SummedRows` and `Lines` of the weights as they are `stored` are done.
     """
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         if not COMPILES_AMX:  # LLVM would end the process
             return context.get_dummy_value()
-        x, w, totals = (array_data(context, b, signature, args, i) for i in (0, 5, 8))
-        starts, steps = (cgutils.unpack_tuple(b, args[i]) for i in (1, 2))
-        stride, count, first_weight, size, place = (args[i] for i in (3, 4, 6, 7, 9))
+        array = {name: array_data(context, b, signature, args, names.index(name)) for name in arrays}
+        given = dict(zip(names, args, strict=True))
+        starts, steps = (cgutils.unpack_tuple(b, given[name]) for name in ("starts", "steps"))
+        stride, first_weight, place = (given[name] for name in ("stride", "first_weight", "place"))
+        kind = dict(zip(names, signature.args, strict=True))
+        v = Builder(b, _ISA)
+        rows = TotalRows(*cgutils.unpack_tuple(b, given["total_rows"]))
+        done = SummedRows(*cgutils.unpack_tuple(b, given["summed_rows"]))
+        lines = Lines(*cgutils.unpack_tuple(b, given["lines"]))
+        inputs = [array[name] for name in ("totals", "x_scales", "x_sums", "scales", "zeros", "sums")]
+        scaler = _Scaler(v, inputs, kind["scales"], kind["zeros"].dtype, rows)
+        writer = _Writer(v, [array[name] for name in ("sums", "scales", "bias", "out")], kind["scales"], done)
+        stored = b.bitcast(array["stored"], ir.IntType(8).as_pointer())
 
         def number(value: int) -> ir.Constant:
             return ir.Constant(stride.type, value)
 
+        def work(part: int, parts: int) -> None:
+            scaler.scale(part, parts)
+            begin, end = _share(b, lines.count, part, parts), _share(b, lines.count, part + 1, parts)
+            with loop_as_written(b, b.sub(end, begin)) as loop:
+                line = b.mul(b.add(begin, loop.index), number(LINE_BYTES))
+                prefetch_at(b, stored, b.add(lines.first, line))
+            half = parts // _WRITES
+            if (part + 1) % half == 0:
+                writer.write(part // half, _WRITES)
+
         def make(num_tiles: int, num_steps: int) -> None:
             sums = SUMS[: UNITS * num_tiles]
+            parts, part = len(sums) * num_steps, 0
             for tile in sums:
                 clear_tile(b, tile)
             for step in range(num_steps):
-                weights = b.gep(w, [b.add(first_weight, number(step * STEP_BYTES * OUTPUTS))])
+                weights = b.gep(array["w"], [b.add(first_weight, number(step * STEP_BYTES * OUTPUTS))])
                 for r in range(num_tiles):
                     start = b.add(starts[r], b.mul(steps[r], number(step)))
-                    load_tile(b, ROWS[r], b.gep(x, [start]), stride)
+                    load_tile(b, ROWS[r], b.gep(array["x"], [start]), stride)
                     for unit, tile in enumerate(WEIGHTS):
                         if r == 0:
                             load_weights(b, tile, unit, weights)
                         add_products(b, SIGNED_BY_UNSIGNED, SUMS[UNITS * r + unit], ROWS[r], tile)
+                        work(part, parts)
+                        part += 1
             for index, tile in enumerate(sums):
                 offset = number(index // UNITS * TILE_ROWS * OUTPUTS + index % UNITS * LANES)
-                store_tile(b, tile, b.gep(totals, [b.add(place, offset)]), number(OUTPUTS * 4))
+                store_tile(b, tile, b.gep(array["totals"], [b.add(place, offset)]), number(OUTPUTS * 4))
 
-        with b.if_else(b.icmp_signed(">", size, number(STEP_BYTES))) as (two_steps, one_step):
+        with b.if_else(b.icmp_signed(">", given["size"], number(STEP_BYTES))) as (two_steps, one_step):
             with two_steps:
-                for_each_count(b, count, lambda num_tiles: make(num_tiles, 2), len(ROWS))
+                for_each_count(b, given["count"], lambda num_tiles: make(num_tiles, 2), len(ROWS))
             with one_step:
-                for_each_count(b, count, lambda num_tiles: make(num_tiles, 1), len(ROWS))
+                for_each_count(b, given["count"], lambda num_tiles: make(num_tiles, 1), len(ROWS))
         return context.get_dummy_value()
 
     i, pair = types.intp, types.UniTuple(types.intp, len(ROWS))
-    return types.none(x, pair, pair, i, i, w, i, i, totals, i), codegen
+    names = (
+        "x starts steps stride count w first_weight size totals place total_rows x_scales x_sums scales zeros sums "
+        "summed_rows bias out stored lines"
+    ).split()
+    arrays = "x w totals x_scales x_sums scales zeros sums bias out stored".split()
+    products = x, pair, pair, i, i, w, i, i, totals, i
+    scaling, writing = (TOTAL_ROWS, x_scales, x_sums, scales, zeros, sums), (SUMMED_ROWS, bias, out)
+    return types.none(*products, *scaling, *writing, stored, LINES), codegen
 
 
 @intrinsic
-def scale_totals(  # type: ignore[no-untyped-def]
-    typing_context,
-    totals,
-    count,
-    x_scales,
-    x_sums,
-    place,
-    stride,
-    scales,
-    zeros,
-    unit_places,
-    is_first,
-    sums,
-    to,
-    w,
-    ahead,
-    num_lines,
-):
-    """Take zero points off totals int32 [count, OUTPUTS] and add them, scaled, to sums float32 like them from `to` on.
-
-    The first row's scale and sum are at `place`, the next one's `stride` on. `unit_places` are where the scales and
-    zero points of each unit's outputs begin. If this group is the first, sums begin with 0. Up to the scaling all is
-    whole numbers below 2^24, so that float32 has them exactly. A flat array of scales is for whole outputs:
-    `write_scaled` applies it.
-
-    Meanwhile it asks for `num_lines` lines of weights w, those from byte `ahead` on: some beside each row, as a core
-    waits if it asks for many at once.
-    """
+def scale_totals(typing_context, totals, total_rows, x_scales, x_sums, scales, zeros, sums):  # type: ignore[no-untyped-def]
+    """Scale `TotalRows`."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        v = Builder(b, _ISA)
-        totals, x_scales, x_sums, scales, zeros, sums = (
-            array_data(context, b, signature, args, i) for i in (0, 2, 3, 6, 7, 10)
-        )
-        count, place, stride, is_first, to, ahead, num_lines = (args[i] for i in (1, 4, 5, 9, 11, 13, 14))
-        w = b.bitcast(array_data(context, b, signature, args, 12), ir.IntType(8).as_pointer())
-        offsets = cgutils.unpack_tuple(b, args[8])
-        scale_array, zero_type = signature.args[6], signature.args[7].dtype
-        negative = [b.sitofp(b.neg(v.numbers(zeros, offset, zero_type)), v.f32) for offset in offsets]
-        factors = [v.numbers(scales, offset, scale_array.dtype) for offset in offsets] if scale_array.ndim > 1 else []
-
-        def number(value: int) -> ir.Constant:
-            return ir.Constant(count.type, value)
-
-        def add_rows(before: Callable[[Any], Any], lines_each: Any) -> None:
-            with cgutils.for_range(b, count) as loop:
-                row = b.add(place, b.mul(loop.index, stride))
-                x_scale = v.splat(v.load(x_scales, row, F32))
-                x_sum = v.splat(b.sitofp(v.load(x_sums, row, I32), F32))
-                if lines_each is not None:
-                    line = b.mul(loop.index, lines_each)
-                    left = b.sub(num_lines, line)
-                    num_now = b.select(b.icmp_signed("<", left, lines_each), left, lines_each)
-                    with cgutils.for_range(b, num_now) as lines:
-                        offset = b.mul(b.add(line, lines.index), number(LINE_BYTES))
-                        prefetch_at(b, w, b.add(ahead, offset))
-                for unit in range(UNITS):
-                    offset = b.add(b.mul(loop.index, number(OUTPUTS)), number(unit * LANES))
-                    target = b.add(to, offset)
-                    total = v.fma(negative[unit], x_sum, b.sitofp(v.load(totals, offset, v.i32), v.f32))
-                    if factors:
-                        total = v.fma(b.fmul(total, x_scale), factors[unit], before(target))
-                    else:
-                        total = v.fma(total, x_scale, before(target))
-                    v.store(total, sums, target)
-
-        def add(before: Callable[[Any], Any]) -> None:
-            with b.if_else(b.icmp_signed("==", num_lines, number(0))) as (none, some):
-                with none:
-                    add_rows(before, None)
-                with some:
-                    add_rows(before, b.sdiv(b.sub(b.add(num_lines, count), number(1)), count))
-
-        with b.if_else(b.icmp_signed("!=", is_first, ir.Constant(is_first.type, 0))) as (first, later):
-            with first:
-                add(lambda offset: v.constant(v.f32, 0.0))
-            with later:
-                add(lambda offset: v.load(sums, offset, v.f32))
+        arrays = [array_data(context, b, signature, args, i) for i in (0, 2, 3, 4, 5, 6)]
+        rows, kinds = TotalRows(*cgutils.unpack_tuple(b, args[1])), signature.args
+        _Scaler(Builder(b, _ISA), arrays, kinds[4], kinds[5].dtype, rows).scale(0, 1)
         return context.get_dummy_value()
 
-    i = types.intp
-    return types.none(totals, i, x_scales, x_sums, i, i, scales, zeros, PLACES, i, sums, i, w, i, i), codegen
+    return types.none(totals, TOTAL_ROWS, x_scales, x_sums, scales, zeros, sums), codegen
 
 
 @intrinsic
-def write_scaled(  # type: ignore[no-untyped-def]
-    typing_context, sums, place, tile, first, count, begin, num_rows, scales, bias, out, gates, width, stride, shift
-):
-    """Write `num_rows` rows of a block, from its row `begin` on, as rows of out.
-
-    The block's `count` rows are from row `first` of out on; its sums with a tile of outputs, float32 [count, OUTPUTS],
-    begin at `place`. Scales are as in `scale_totals`, `gates` and `width` those of `gates_ops.write_tile`. A row of out
-    begins `stride` after the one before, and the first one at `shift`.
-    """
+def write_sums(typing_context, sums, summed_rows, scales, bias, out):  # type: ignore[no-untyped-def]
+    """Write `SummedRows`."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        v = Builder(b, _ISA)
-        sums, scales, bias, out = (array_data(context, b, signature, args, i) for i in (0, 7, 8, 9))
-        place, tile, first, count, begin, num_rows, gates, width, stride, shift = (
-            args[i] for i in (1, 2, 3, 4, 5, 6, 10, 11, 12, 13)
-        )
-        out = b.gep(out, [shift])
-
-        def number(value: int) -> ir.Constant:
-            return ir.Constant(count.type, value)
-
-        scale_array, columns = signature.args[7], output_columns(b, tile, gates, UNITS, LANES)
-        added, factors = [v.load(bias, column, v.f32) for column in columns], []
-        if scale_array.ndim == 1:
-            offsets = [b.add(b.mul(tile, number(OUTPUTS)), number(unit * LANES)) for unit in range(UNITS)]
-            factors = [v.numbers(scales, offset, scale_array.dtype) for offset in offsets]
-        with cgutils.for_range(b, num_rows) as loop:
-            index = b.add(begin, loop.index)
-            fetch_row(b, out, first, index, count, columns, gates, width, stride)
-            start = b.add(place, b.mul(index, number(OUTPUTS)))
-            values = [v.load(sums, b.add(start, number(unit * LANES)), v.f32) for unit in range(UNITS)]
-            if factors:
-                results = [v.fma(*each) for each in zip(values, factors, added, strict=True)]
-            else:
-                results = [b.fadd(value, more) for value, more in zip(values, added, strict=True)]
-            write_tile(b, out, b.add(first, index), [results], columns, gates, width, stride)
+        arrays = [array_data(context, b, signature, args, i) for i in (0, 2, 3, 4)]
+        rows = SummedRows(*cgutils.unpack_tuple(b, args[1]))
+        _Writer(Builder(b, _ISA), arrays, signature.args[2], rows).write(0, 1)
         return context.get_dummy_value()
 
-    i = types.intp
-    return types.none(sums, i, i, i, i, i, i, scales, bias, out, i, i, i, i), codegen
+    return types.none(sums, SUMMED_ROWS, scales, bias, out), codegen

@@ -12,7 +12,7 @@ from numba import njit
 
 from quant.kernels.amx import LANES, OUTPUTS, ROWS, STEP_BYTES, TILE_ROWS, configure, release
 from quant.kernels.arrays import FAST, LINE_BYTES, empty_lines
-from quant.kernels.integer_amx_ops import has_packed_weights, multiply_group, scale_totals, unpack_tile, write_scaled
+from quant.kernels.integer_amx_ops import has_packed_weights, multiply_group, scale_totals, unpack_tile, write_sums
 from quant.kernels.rounded_rows import round_into_tile, tile_step
 
 AMX_BLOCK = 64
@@ -40,6 +40,13 @@ def _tile_places(row, num_rows, k_size, column, is_tiled):  # type: ignore[no-un
         steps = tile_step(row, num_rows), tile_step(row + TILE_ROWS, num_rows)
     g_step = column // STEP_BYTES
     return (begin + g_step * steps[0], begin + TILE_ROWS * k_size + g_step * steps[1]), steps
+
+
+@njit(inline="always")
+def _share_of_lines(lines, part, parts):  # type: ignore[no-untyped-def]
+    """First byte and number of lines of one of so many parts of lines, which are the first's number and the count."""
+    begin, end = lines[1] * part // parts, lines[1] * (part + 1) // parts
+    return (lines[0] + begin) * LINE_BYTES, end - begin
 
 
 @njit(inline="always")
@@ -80,13 +87,18 @@ def multiply_row_tiles(  # type: ignore[no-untyped-def]
     group] for the rows of this call; where integers, scales and sums of the whole out begin. If gates are rounded,
     `tiles` are those of whole groups, and the rows begin with a row tile.
     """
-    totals = empty_lines(AMX_BLOCK * OUTPUTS * 4).view(np.int32)
-    sums, place = empty_lines(2 * AMX_BLOCK * OUTPUTS * 4).view(np.float32), 0
+    totals = empty_lines(2 * _TILE_PAIR * OUTPUTS * 4).view(np.int32)
+    block_size = AMX_BLOCK * OUTPUTS
+    sums = empty_lines((2 * block_size + OUTPUTS) * 4).view(np.float32)
+    no_sums, place = 2 * block_size, 0
+    sums[no_sums:] = 0
     num_x_groups, tile_weights, num_written = k_size // group, k_size * OUTPUTS, 0
     num_rows = len(x_scales) // num_x_groups
-    done = AMX_BLOCK * OUTPUTS, 0, 0, 0  # a block: place of its sums, tile, first row, number of rows
+    done = block_size, 0, 0, 0  # a block: place of its sums, tile, first row, number of rows
+    next_total, total_rows = 0, (0, 0, 0, 0, 0, 0, 0, 0, 0)
     is_packed = has_packed_weights(w)
     unpacked = empty_lines(tile_weights if is_packed else 0)
+    weights = unpacked if is_packed else w.view(np.uint8)
     num_lines = group * OUTPUTS // (2 if is_packed else 1) // LINE_BYTES
     stride = STEP_BYTES if is_tiled else k_size
     gates_each, waiting, integers, out_scales, out_sums = rounding
@@ -94,41 +106,53 @@ def multiply_row_tiles(  # type: ignore[no-untyped-def]
     column, shift, ends_group = 0, 0, False
     configure(TILE_ROWS)
     for tile in range(tiles[0], tiles[1]):
+        first_weight = tile * tile_weights
         if is_packed:
-            unpack_tile(w, tile * tile_weights // 2, tile_weights // 2, unpacked)
+            unpack_tile(w, first_weight // 2, tile_weights // 2, unpacked)
+            first_weight = 0
         for first in range(rows[0], rows[1], AMX_BLOCK):
             count = min(AMX_BLOCK, rows[1] - first)
-            num_products = num_x_groups * ((count + _TILE_PAIR - 1) // _TILE_PAIR)
-            rows_each = (done[3] + num_products - 1) // num_products
+            num_pairs = (count + _TILE_PAIR - 1) // _TILE_PAIR
+            rows_each = (done[3] + num_x_groups * num_pairs - 2) // max(num_x_groups * num_pairs - 1, 1)
+            num_now = 0  # the first product is beside the scaling of what is to be written
             for g in range(num_x_groups):
-                offset = g * group * OUTPUTS
+                group_place = g * groups // num_x_groups * LANES
+                unit_places = tile * OUTPUTS * groups + group_place, (tile * OUTPUTS + LANES) * groups + group_place
                 for row in range(0, count, _TILE_PAIR):
                     num_tiles = min(len(ROWS), (count - row + TILE_ROWS - 1) // TILE_ROWS)
                     starts, steps = _tile_places(first + row, num_rows, k_size, g * group, is_tiled)
                     x_rows = starts, steps, stride, num_tiles
-                    if is_packed:
-                        multiply_group(x, *x_rows, unpacked, offset, group, totals, row * OUTPUTS)
-                    else:
-                        multiply_group(x, *x_rows, w, tile * tile_weights + offset, group, totals, row * OUTPUTS)
-                    num_now = min(rows_each, done[3] - num_written)
-                    write_scaled(sums, *done, num_written, num_now, scales, bias, target, gates, width, next_row, shift)
+                    summed_rows = done + (num_written, num_now, gates, width, next_row, shift)
+                    ahead = ((tile + 1) * num_x_groups + g) * num_lines, num_lines if first == rows[0] else 0
+                    lines = _share_of_lines(ahead, row // _TILE_PAIR, num_pairs)
+                    products = weights, first_weight + g * group * OUTPUTS, group, totals, next_total
+                    scaling = total_rows, x_scales, x_sums, scales, zeros, sums
+                    multiply_group(x, *x_rows, *products, *scaling, summed_rows, bias, target, w, lines)
                     if ends_group:
                         first_row = done[2] + num_written
                         now = first_row, first_row + num_now, rows[0]
                         _round_gates(now, num_rows, gates, column, gates_each, waiting, integers, out_scales, out_sums)
                     num_written += num_now
-                group_place = g * groups // num_x_groups * LANES
-                unit_places = tile * OUTPUTS * groups + group_place, (tile * OUTPUTS + LANES) * groups + group_place
-                x_at = (g * num_rows + first, 1) if is_tiled else (first * num_x_groups + g, num_x_groups)
-                x_scaled = x_scales, x_sums, *x_at
-                w_scaled = scales, zeros, unit_places
-                ahead = ((tile + 1) * num_x_groups + g) * num_lines * LINE_BYTES, num_lines if first == rows[0] else 0
-                scale_totals(totals, count, *x_scaled, *w_scaled, g == 0, sums, place, w, *ahead)
+                    num_now = min(rows_each, done[3] - num_written)
+                    x_at = (g * num_rows, 1) if is_tiled else (g, num_x_groups)
+                    to = place + row * OUTPUTS
+                    before = (no_sums, 0) if g == 0 else (to, OUTPUTS)
+                    x_place = x_at[0] + (first + row) * x_at[1]
+                    total_rows = (
+                        (next_total, min(_TILE_PAIR, count - row), x_place, x_at[1]) + unit_places + before + (to,)
+                    )
+                    next_total = _TILE_PAIR * OUTPUTS - next_total
+            if num_written < done[3]:  # one product was all
+                write_sums(sums, done + (0, done[3], gates, width, next_row, shift), scales, bias, target)
+                if ends_group:
+                    now = done[2], done[2] + done[3], rows[0]
+                    _round_gates(now, num_rows, gates, column, gates_each, waiting, integers, out_scales, out_sums)
             done, num_written = (place, tile, first, count), 0
             column = tile * LANES // max(gates_each, 1) * gates_each
             shift, ends_group = -rows[0] * gates_each - column, (tile + 1) * LANES == column + gates_each
-            place = AMX_BLOCK * OUTPUTS - place
-    write_scaled(sums, *done, 0, done[3], scales, bias, target, gates, width, next_row, shift)
+            place = block_size - place
+    scale_totals(totals, total_rows, x_scales, x_sums, scales, zeros, sums)
+    write_sums(sums, done + (0, done[3], gates, width, next_row, shift), scales, bias, target)
     if ends_group:
         now = done[2], done[2] + done[3], rows[0]
         _round_gates(now, num_rows, gates, column, gates_each, waiting, integers, out_scales, out_sums)
