@@ -126,8 +126,8 @@ class GatedKernel(MatrixKernel, Protocol):
     def gated(self, x: torch.Tensor, reader: MatrixKernel | None = None) -> torch.Tensor:
         """silu(first half of the outputs) * second half, [rows, num_gates]: the bits that two kernels would give.
 
-        `reader` is the kernel that gets the result, if nobody else does. Then the result's dtype, and the order of its
-        numbers in memory, may be those that this kernel reads best.
+        `reader` is the kernel that gets the result, if nobody else does. Then the result's dtype, the size of its
+        rows, and the order of its numbers in memory may be those that this kernel reads best.
         """
 
 

@@ -251,21 +251,22 @@ def multiply_group(  # type: ignore[no-untyped-def]
     next row's are `stride` on. Weights are bytes without sign, from `first_weight` on: four inputs of a unit's outputs,
     those of the other unit, then the next four inputs. Totals int32 get [rows, OUTPUTS] from `place` on.
 
-    Between the products `TotalRows`, `SummedRows` and `Lines` of the weights as they are `stored` are done.
+    Between the products `TotalRows`, `SummedRows` and `Lines` of the weights as they are `stored` are done: each
+    half of the rows is scaled before the same half is written.
     """
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         if not COMPILES_AMX:  # LLVM would end the process
             return context.get_dummy_value()
         array = {name: array_data(context, b, signature, args, names.index(name)) for name in arrays}
-        given = dict(zip(names, args, strict=True))
-        starts, steps = (cgutils.unpack_tuple(b, given[name]) for name in ("starts", "steps"))
-        stride, first_weight, place = (given[name] for name in ("stride", "first_weight", "place"))
+        by_name = dict(zip(names, args, strict=True))
+        starts, steps = (cgutils.unpack_tuple(b, by_name[name]) for name in ("starts", "steps"))
+        stride, first_weight, place = (by_name[name] for name in ("stride", "first_weight", "place"))
         kind = dict(zip(names, signature.args, strict=True))
         v = Builder(b, _ISA)
-        rows = TotalRows(*cgutils.unpack_tuple(b, given["total_rows"]))
-        done = SummedRows(*cgutils.unpack_tuple(b, given["summed_rows"]))
-        lines = Lines(*cgutils.unpack_tuple(b, given["lines"]))
+        rows = TotalRows(*cgutils.unpack_tuple(b, by_name["total_rows"]))
+        done = SummedRows(*cgutils.unpack_tuple(b, by_name["summed_rows"]))
+        lines = Lines(*cgutils.unpack_tuple(b, by_name["lines"]))
         inputs = [array[name] for name in ("totals", "x_scales", "x_sums", "scales", "zeros", "sums")]
         scaler = _Scaler(v, inputs, kind["scales"], kind["zeros"].dtype, rows)
         writer = _Writer(v, [array[name] for name in ("sums", "scales", "bias", "out")], kind["scales"], done)
@@ -304,11 +305,11 @@ def multiply_group(  # type: ignore[no-untyped-def]
                 offset = number(index // UNITS * TILE_ROWS * OUTPUTS + index % UNITS * LANES)
                 store_tile(b, tile, b.gep(array["totals"], [b.add(place, offset)]), number(OUTPUTS * 4))
 
-        with b.if_else(b.icmp_signed(">", given["size"], number(STEP_BYTES))) as (two_steps, one_step):
+        with b.if_else(b.icmp_signed(">", by_name["size"], number(STEP_BYTES))) as (two_steps, one_step):
             with two_steps:
-                for_each_count(b, given["count"], lambda num_tiles: make(num_tiles, 2), len(ROWS))
+                for_each_count(b, by_name["count"], lambda num_tiles: make(num_tiles, 2), len(ROWS))
             with one_step:
-                for_each_count(b, given["count"], lambda num_tiles: make(num_tiles, 1), len(ROWS))
+                for_each_count(b, by_name["count"], lambda num_tiles: make(num_tiles, 1), len(ROWS))
         return context.get_dummy_value()
 
     i, pair = types.intp, types.UniTuple(types.intp, len(ROWS))

@@ -16,7 +16,7 @@ from quant.kernels.integer_amx_ops import has_packed_weights, multiply_group, sc
 from quant.kernels.rounded_rows import round_into_tile, tile_step
 
 AMX_BLOCK = 64
-"""Rows whose totals and sums wait in the L1 cache for the next group's weights."""
+"""Rows whose sums wait in the L1 cache for the next group's weights."""
 _TILE_PAIR = len(ROWS) * TILE_ROWS
 """Rows that share a group's weights in tiles."""
 MIN_ROUNDED_ROWS = 2 * AMX_BLOCK
@@ -53,8 +53,8 @@ def _share_of_lines(lines, part, parts):  # type: ignore[no-untyped-def]
 def _round_gates(rows, num_rows, gates, column, gates_each, waiting, integers, x_scales, x_sums):  # type: ignore[no-untyped-def]
     """Round the group of gates from `column` on, in some of the `num_rows` of out.
 
-    `rows` are the first and the one after the last, and the one with which `waiting` begins. What of `rounding` is an
-    array must come alone: taken out of a tuple in a loop, its users would be counted each time.
+    `rows` are the first and the one after the last, and the one with which `waiting`, [rows, gates_each], begins.
+    Arrays are arguments of their own: taken out of a tuple in a loop, their users would be counted each time.
     """
     for row in range(rows[0], rows[1]):
         place = (row - rows[2]) * gates_each
@@ -113,8 +113,8 @@ def multiply_row_tiles(  # type: ignore[no-untyped-def]
         for first in range(rows[0], rows[1], AMX_BLOCK):
             count = min(AMX_BLOCK, rows[1] - first)
             num_pairs = (count + _TILE_PAIR - 1) // _TILE_PAIR
-            rows_each = (done[3] + num_x_groups * num_pairs - 2) // max(num_x_groups * num_pairs - 1, 1)
-            num_now = 0  # the first product is beside the scaling of what is to be written
+            num_products = num_x_groups * num_pairs
+            rows_each = (done[3] + num_products - 1) // num_products
             for g in range(num_x_groups):
                 group_place = g * groups // num_x_groups * LANES
                 unit_places = tile * OUTPUTS * groups + group_place, (tile * OUTPUTS + LANES) * groups + group_place
@@ -122,6 +122,9 @@ def multiply_row_tiles(  # type: ignore[no-untyped-def]
                     num_tiles = min(len(ROWS), (count - row + TILE_ROWS - 1) // TILE_ROWS)
                     starts, steps = _tile_places(first + row, num_rows, k_size, g * group, is_tiled)
                     x_rows = starts, steps, stride, num_tiles
+                    # The first of a block scale the last totals of the block before, and may write its rows meanwhile:
+                    # half of them are rows whose totals were scaled before, or are the half that is scaled first.
+                    num_now = min(rows_each, done[3] - num_written)
                     summed_rows = done + (num_written, num_now, gates, width, next_row, shift)
                     ahead = ((tile + 1) * num_x_groups + g) * num_lines, num_lines if first == rows[0] else 0
                     lines = _share_of_lines(ahead, row // _TILE_PAIR, num_pairs)
@@ -133,7 +136,6 @@ def multiply_row_tiles(  # type: ignore[no-untyped-def]
                         now = first_row, first_row + num_now, rows[0]
                         _round_gates(now, num_rows, gates, column, gates_each, waiting, integers, out_scales, out_sums)
                     num_written += num_now
-                    num_now = min(rows_each, done[3] - num_written)
                     x_at = (g * num_rows, 1) if is_tiled else (g, num_x_groups)
                     to = place + row * OUTPUTS
                     before = (no_sums, 0) if g == 0 else (to, OUTPUTS)
@@ -142,11 +144,6 @@ def multiply_row_tiles(  # type: ignore[no-untyped-def]
                         (next_total, min(_TILE_PAIR, count - row), x_place, x_at[1]) + unit_places + before + (to,)
                     )
                     next_total = _TILE_PAIR * OUTPUTS - next_total
-            if num_written < done[3]:  # one product was all
-                write_sums(sums, done + (0, done[3], gates, width, next_row, shift), scales, bias, target)
-                if ends_group:
-                    now = done[2], done[2] + done[3], rows[0]
-                    _round_gates(now, num_rows, gates, column, gates_each, waiting, integers, out_scales, out_sums)
             done, num_written = (place, tile, first, count), 0
             column = tile * LANES // max(gates_each, 1) * gates_each
             shift, ends_group = -rows[0] * gates_each - column, (tile + 1) * LANES == column + gates_each

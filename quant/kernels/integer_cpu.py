@@ -104,11 +104,12 @@ def multiply_rows(  # type: ignore[no-untyped-def]
     """
     if COMPILES_AMX:  # a constant alone: elsewhere Numba compiles nothing of it
         if rows[1] - rows[0] >= min_amx_rows:
-            weights, rounding = (w, scales, zeros, groups, bias), (0, x_scales, x, x_scales, sums)  # which is for none
+            weights = w, scales, zeros, groups, bias
+            rounding = 0, x_scales, x, x_scales, sums  # of nothing: arrays for their types alone
             how = out, tiles, gates, width, k_size, False, rounding
             multiply_row_tiles(x, x_scales, sums, rows, group, *weights, *how)
             return
-    for tile in range(tiles[0], tiles[1]):  # where arrays in tuples would have their users counted each time
+    for tile in range(tiles[0], tiles[1]):  # no tuples: users of their arrays would be counted each time
         _multiply_rows(x, x_scales, sums, rows, group, w, scales, zeros, groups, bias, out, tile, gates, width, k_size)
 
 
@@ -141,7 +142,7 @@ def _product(  # type: ignore[no-untyped-def]
     claims, tiles_each = new_claims(num_threads), tiles_of_piece(unit_tiles * OUTPUTS * k_size, num_rows, row_block)
     num_units = n_size // OUTPUTS // unit_tiles
     for thread in prange(num_threads):
-        own, turn = waiting[thread * waiting_each : (thread + 1) * waiting_each], 0
+        thread_waiting, turn = waiting[thread * waiting_each : (thread + 1) * waiting_each], 0
         while turn >= 0:
             turn, first_unit, last_unit, first_row, last_row = next_piece(
                 claims, thread, turn, num_threads, num_units, num_rows, unit_rows, row_block, tiles_each
@@ -153,7 +154,7 @@ def _product(  # type: ignore[no-untyped-def]
                 how = out, tiles, gates, width, k_size
                 if is_tiled:
                     if COMPILES_AMX:
-                        multiply_row_tiles(*rows, *weights, *how, True, (gates_each, own, *out_parts))
+                        multiply_row_tiles(*rows, *weights, *how, True, (gates_each, thread_waiting, *out_parts))
                 else:
                     multiply_rows(*rows, *weights, *how, NO_ROWS)
 
@@ -238,7 +239,7 @@ class IntegerCpu:
         return without_padding(self._multiply(x, self._padded_size), self._n_size)
 
     def gated(self, x: torch.Tensor, reader: MatrixKernel | None = None) -> torch.Tensor:
-        """If such a kernel is the reader: int8, which lies as no other kernel would read it.
+        """If such a kernel is the reader: int8 [rows, 4 * num_gates], as no other kernel would read it.
 
         Many rows are as `rounded_rows` puts them for tiles: integers, their scales, their sums. Fewer rows are float32
         all the same; the kernels know, and a program makes the same calls for both.
@@ -249,8 +250,8 @@ class IntegerCpu:
 
     def _rounded_inputs(self, writer: IntegerCpu) -> int:
         """How many inputs are a group that the gated kernel `writer` may round; 0: it can't."""
-        sizes, written = ((k._num_threads, k.min_amx_rows) for k in (self, writer))
-        fits = sizes == written and self.min_amx_rows < NO_ROWS and self._k_size == writer.num_gates
+        own_split, writer_split = ((kernel._num_threads, kernel.min_amx_rows) for kernel in (self, writer))
+        fits = own_split == writer_split and self.min_amx_rows < NO_ROWS and self._k_size == writer.num_gates
         return self._before[0] if fits and self._input_order is None else 0
 
     def _multiply(self, x: torch.Tensor, width: int, gates_each: int = 0) -> torch.Tensor:

@@ -1,9 +1,8 @@
 """Rows of activations rounded to 8 bits, group by group, in the order in which a product on a CPU reads them.
 
 Integers are int8 [rows, inputs], scales float32 and their sums int32 [rows, groups]. Tiles of AMX read fewer lines of
-the cache in another order, in which threads that round different groups of a row share no line either: integers
-[row tiles, inputs / 64, rows of the tile, 64], scales and sums [groups, rows]. Tiles have 16 rows, the last one what is
-left.
+the cache in another order: integers [row tiles, inputs / 64, rows of the tile, 64], scales and sums [groups, rows].
+Tiles have 16 rows, the last one what is left. Threads that round different groups of a row share hardly a line then.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from quant.kernels.simd import HAS_AVX512
 
 MIN_AMX_ROWS = 32
 """Rows from which AMX is quicker: fewer wait for weights, which its instructions ask for less evenly."""
-FEW_ROWS = 8
+MIN_PARALLEL_ROWS = 8 if HAS_AVX512 else 4
 """Fewer are rounded by one thread: a parallel region takes longer to start."""
 round_group = make_round_group(16 if HAS_AVX512 else 8)
 
@@ -58,7 +57,7 @@ def round_rows(x, num_rows, k_size, group, is_tiled):  # type: ignore[no-untyped
     x8 = empty_lines((num_rows + num_behind) * k_size).view(np.int8)
     x_scales = np.empty(num_groups, np.float32)
     x_sums = np.empty(num_groups, np.int32)
-    if num_rows < FEW_ROWS and not is_tiled:
+    if num_rows < MIN_PARALLEL_ROWS and not is_tiled:
         for g in range(num_groups):
             round_group(x, g * group, group, x8, g * group, LINE_BYTES, x_scales, x_sums, g)
     else:
