@@ -15,10 +15,12 @@ from numba import get_num_threads, njit, prange
 
 from quant.base import PackedWeight, RowGroups
 from quant.kernels import packed_cpu
+from quant.kernels.amx import COMPILES_AMX
 from quant.kernels.arrays import FAST, call, flat_view, new_output
 from quant.kernels.dense_cpu import DenseCpu
 from quant.kernels.dense_ops import splits_pairs
 from quant.kernels.dense_rows import TILE_OUTPUTS, multiply_tile, rows_per_block, split_rows
+from quant.kernels.integer_amx_rows import multiply_row_tiles
 from quant.kernels.integer_cpu import OUTPUTS, IntegerCpu, multiply_rows
 from quant.kernels.packed_cpu import PackedCpu, multiply_int4, multiply_int8, scales_and_shifts
 from quant.kernels.padding_cpu import without_padding
@@ -57,10 +59,16 @@ def _integer(  # type: ignore[no-untyped-def]
             matrix = active[1 + index]
             w1, s1 = w[matrix * w_size :], scales[matrix * scale_size :]
             z1, b1 = zeros[matrix * zero_size :], bias[matrix * n_size :]
-            first, last = starts[matrix], starts[matrix + 1]
             tiles = tile_range(index, thread, num_threads, num_tiles)
-            rows, weights = (x8, x_scales, x_sums, (first, last), group), (w1, s1, z1, num_groups, b1)
-            multiply_rows(*rows, *weights, out, tiles, 0, n_size, k_size, min_amx_rows)
+            rows = starts[matrix], starts[matrix + 1]
+            if rows[1] - rows[0] < min_amx_rows:
+                multiply_rows(
+                    x8, x_scales, x_sums, rows, group, w1, s1, z1, num_groups, b1, out, tiles, 0, n_size, k_size
+                )
+            elif COMPILES_AMX:  # a constant alone: elsewhere Numba compiles nothing of it
+                rounding = 0, x_scales, x8, x_scales, x_sums  # of nothing: arrays for their types alone
+                how = out, tiles, 0, n_size, k_size, False, rounding
+                multiply_row_tiles(x8, x_scales, x_sums, rows, group, w1, s1, z1, num_groups, b1, *how)
 
 
 @njit(parallel=True, **FAST)

@@ -57,10 +57,10 @@ multiply_two_rows, multiply_one_row = make_tile(ISA, 2), make_tile(ISA, 1)
 
 
 @njit(**FAST)
-def _multiply_rows(  # type: ignore[no-untyped-def]
+def _multiply_tile(  # type: ignore[no-untyped-def]
     x, x_scales, sums, rows, group, w, scales, zeros, groups, bias, out, tile, gates, width, k_size
 ):
-    """`multiply_rows` without AMX, for one tile of outputs."""
+    """`multiply_rows` for one tile of outputs."""
     row, last = rows
     num_whole, num_left = (last - row) // ROWS, (last - row) % ROWS
     has_half = ROWS > 4 and num_left >= ROWS // 2  # half of four are two
@@ -93,24 +93,16 @@ def _multiply_rows(  # type: ignore[no-untyped-def]
         )
 
 
-@njit(**FAST)
+@njit(inline="always")
 def multiply_rows(  # type: ignore[no-untyped-def]
-    x, x_scales, sums, rows, group, w, scales, zeros, groups, bias, out, tiles, gates, width, k_size, min_amx_rows
+    x, x_scales, sums, rows, group, w, scales, zeros, groups, bias, out, tiles, gates, width, k_size
 ):
     """Rows of x int8, whose scales are float32 and sums int32, times tiles of outputs of so many `groups` of weights.
 
     `rows` and `tiles` are the first and the one after the last; `gates` and `width` those of `gates_ops.write_tile`.
-    From `min_amx_rows` rows on AMX multiplies.
     """
-    if COMPILES_AMX:  # a constant alone: elsewhere Numba compiles nothing of it
-        if rows[1] - rows[0] >= min_amx_rows:
-            weights = w, scales, zeros, groups, bias
-            rounding = 0, x_scales, x, x_scales, sums  # of nothing: arrays for their types alone
-            how = out, tiles, gates, width, k_size, False, rounding
-            multiply_row_tiles(x, x_scales, sums, rows, group, *weights, *how)
-            return
     for tile in range(tiles[0], tiles[1]):  # no tuples: users of their arrays would be counted each time
-        _multiply_rows(x, x_scales, sums, rows, group, w, scales, zeros, groups, bias, out, tile, gates, width, k_size)
+        _multiply_tile(x, x_scales, sums, rows, group, w, scales, zeros, groups, bias, out, tile, gates, width, k_size)
 
 
 @njit(parallel=True, **FAST)
@@ -128,7 +120,6 @@ def _product(  # type: ignore[no-untyped-def]
         x8, x_scales, sums = rounded_parts(x, num_rows, k_size, group)
     else:
         x8, x_scales, sums = round_rows(x, num_rows, k_size, group, is_tiled)
-    weights = w, scales, zeros, groups, bias
     unit_rows, row_block, unit_tiles, gates_each = ROWS, ROW_BLOCK, 1, 0
     if is_tiled:
         unit_rows = AMX_BLOCK
@@ -150,13 +141,28 @@ def _product(  # type: ignore[no-untyped-def]
             tiles = first_unit * unit_tiles, last_unit * unit_tiles
             size = even_block(last_row - first_row, row_block, unit_rows)
             for row in range(first_row, last_row, size):
-                rows = x8, x_scales, sums, (row, min(last_row, row + size)), group
-                how = out, tiles, gates, width, k_size
-                if is_tiled:
-                    if COMPILES_AMX:
-                        multiply_row_tiles(*rows, *weights, *how, True, (gates_each, thread_waiting, *out_parts))
-                else:
-                    multiply_rows(*rows, *weights, *how, NO_ROWS)
+                span = row, min(last_row, row + size)
+                if not is_tiled:
+                    multiply_rows(
+                        x8,
+                        x_scales,
+                        sums,
+                        span,
+                        group,
+                        w,
+                        scales,
+                        zeros,
+                        groups,
+                        bias,
+                        out,
+                        tiles,
+                        gates,
+                        width,
+                        k_size,
+                    )
+                elif COMPILES_AMX:  # a constant alone: elsewhere Numba compiles nothing of it
+                    how = out, tiles, gates, width, k_size, True, (gates_each, thread_waiting, *out_parts)
+                    multiply_row_tiles(x8, x_scales, sums, span, group, w, scales, zeros, groups, bias, *how)
 
 
 def interleave(q: torch.Tensor, isa: Instructions, bits: int) -> torch.Tensor:
@@ -209,9 +215,12 @@ class IntegerCpu:
         zeros = packed.zero_points
         if packed.layout == "int8":
             zeros = zeros + SHIFT
-        scales = flat_view(self._in_units(packed.scales[order]))
-        if num_groups > 1:
-            scales = scales.reshape(-1, ISA.lanes)  # tells the kernel that they are not for whole outputs
+        # Each type of scales is a kernel to compile. Of whole outputs there are few: float32, and for 8 bits alone.
+        is_of_outputs = num_groups == 1 and packed.layout == "int8"
+        scale_type = torch.float32 if is_of_outputs else packed.scales.dtype
+        scales = flat_view(self._in_units(packed.scales[order].to(scale_type)))
+        if not is_of_outputs:
+            scales = scales.reshape(-1, ISA.lanes)  # tells the kernel that they are for groups
         bias = torch.zeros(n_size) if packed.bias is None else packed.bias.to(torch.float32)
         shifts = flat_view(self._in_units(zeros[order]))
         self._before = group, flat_view(weight), scales, shifts, num_groups, flat_view(padded(bias, self._padded_size))
